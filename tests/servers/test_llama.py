@@ -27,7 +27,18 @@ import gguf_folders
 import qexport
 import sentencepiece_tokenizers as tiny
 import vllm_artifacts as artifacts
-from gguf_faults import Change, Rows, copied, half_rotated, rolled, rows_of, smaller, value_of
+from gguf_faults import (
+    Change,
+    Rows,
+    copied,
+    first_row_larger,
+    half_rotated,
+    rolled,
+    rows_of,
+    smaller,
+    swapped,
+    value_of,
+)
 from qexport.architectures.architecture import Checkpoint
 from qexport.artifact.figures import find_figure
 from qexport.artifact.names import GGUF_NAME
@@ -203,7 +214,11 @@ GELU = ("falcon 7b", "falcon 40b", "gpt-neox", "gpt-2", "gemma 2", "gemma 3", "g
 """Models whose activation llama.cpp takes from a table."""
 
 
-@pytest.mark.parametrize("family", [family for family in gguf_folders.CONFIGS if family != "qwen2"])
+MIXTURES = ("mixtral", "qwen3 moe")
+"""Models of which llama.cpp computes nothing in float32 but a file that is in float32: see below."""
+
+
+@pytest.mark.parametrize("family", [family for family in gguf_folders.CONFIGS if family not in ("qwen2", *MIXTURES)])
 def test_a_sound_folder_is_confirmed(family: str, made: Callable[..., gguf_folders.Made], text: Path) -> None:
     report = report_of(made(family), text, None, "float32")
     assert report.verdict == "pass", [gate.reason for gate in report.gates if gate.verdict != "pass"]
@@ -433,6 +448,55 @@ def test_a_fault_of_gemma_shows_in_float32(
     reference = make_reference(base, VerifySettings(text=str(text), windows=8, max_windows=8, sequence_length=48))
     found = measured(copied(folder, tmp_path / "served", OF_GEMMA[fault]), folder, reference, "float32")
     assert found.failed == ["fidelity_kl through llama.cpp float32"]
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_sound_mixture_is_confirmed_as_it_is_served(
+    family: str, made: Callable[..., gguf_folders.Made], text: Path
+) -> None:
+    report = report_of(made(family), text, None)
+    assert report.verdict == "pass", [gate.reason for gate in report.gates if gate.verdict != "pass"]
+    served = figure_of(report.served[0].figures, "fidelity_kl")
+    print(f"\n{family}: fidelity as served {served:.2g}", file=sys.stderr)
+
+
+def test_a_mixture_is_not_said_to_be_computed_in_float32(
+    made: Callable[..., gguf_folders.Made],
+) -> None:
+    with (
+        pytest.raises(CompatibilityError, match="rounds the inputs of a mixture's experts"),
+        ChildRuntime(settings("float32"), made("mixtral").gguf, longest=40),
+    ):
+        pass
+
+
+OF_MIXTURES: Mapping[str, Change] = {
+    "sound": lambda path: None,
+    "two experts swapped": lambda path: rows_of(path, "blk.1.ffn_down_exps.weight", swapped(4)),
+    "a row of the router": lambda path: rows_of(path, "blk.0.ffn_gate_inp.weight", first_row_larger),
+    "one expert used": number("expert_used_count", np.uint32(2), np.uint32(1)),
+}
+
+
+@pytest.mark.parametrize("fault", OF_MIXTURES)
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_mixture_that_llama_cpp_has_dequantized_is_computed_in_float32(
+    family: str, fault: str, made: Callable[..., gguf_folders.Made], text: Path, tmp_path: Path
+) -> None:
+    """llama.cpp's quantizer dequantizes the file, since its BLAS backend does not compute the products of experts."""
+    folder, base = made(family).gguf, gguf_folders.load(made(family).base)
+    reference = make_reference(base, VerifySettings(text=str(text), windows=8, max_windows=8, sequence_length=48))
+    changed = copied(folder, tmp_path / "changed", OF_MIXTURES[fault])
+    served = copied(folder, tmp_path / "served", Path.unlink)
+    script = Path(__file__).with_name("quantize_with_llama.py")
+    command = [PYTHON, str(script), str(changed / GGUF_NAME), str(served / GGUF_NAME), "F32"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    found = measured(served, folder, reference, "float32")
+    if fault == "sound":
+        assert (found.failed, found.undecided) == ([], [])
+        assert found.value("fidelity_kl") < 1e-9
+    else:
+        assert found.failed == ["fidelity_kl through llama.cpp float32"]
 
 
 def test_a_merge_that_was_changed_shows_in_the_tokens(

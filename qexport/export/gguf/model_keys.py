@@ -150,10 +150,24 @@ def _phi3_keys(config: PretrainedConfig) -> dict[str, Value]:
     }
 
 
+def _mixtral_keys(config: PretrainedConfig) -> dict[str, Value]:
+    return {
+        **_llama_keys(config),
+        "expert_count": int(config.num_local_experts),
+        "expert_used_count": int(config.num_experts_per_tok),
+    }
+
+
+def _qwen3_moe_keys(config: PretrainedConfig) -> dict[str, Value]:
+    return {**_mixtral_keys(config), "expert_feed_forward_length": int(config.moe_intermediate_size)}
+
+
 _KEYS: Final[Mapping[str, Callable[[PretrainedConfig], dict[str, Value]]]] = {
     "falcon": _falcon_keys,
     "gpt2": _gpt2_keys,
     "gpt_neox": _neox_keys,
+    "mixtral": _mixtral_keys,
+    "qwen3_moe": _qwen3_moe_keys,
     "phi3": _phi3_keys,
     **dict.fromkeys(GEMMA, gemma_keys),
 }
@@ -161,6 +175,12 @@ _KEYS: Final[Mapping[str, Callable[[PretrainedConfig], dict[str, Value]]]] = {
 _LLAMA_VALUES: Final[Mapping[str, tuple[Any, ...]]] = {"hidden_act": ("silu", "swish")}
 _QWEN2_VALUES: Final[Mapping[str, tuple[Any, ...]]] = {"use_sliding_window": (False,)}
 _QWEN3_VALUES: Final[Mapping[str, tuple[Any, ...]]] = {"use_sliding_window": (False,), "attention_bias": (False,)}
+_QWEN3_MOE_VALUES: Final[Mapping[str, tuple[Any, ...]]] = {
+    **_QWEN3_VALUES,
+    "norm_topk_prob": (True,),
+    "decoder_sparse_step": (1,),
+    "mlp_only_layers": ([],),
+}
 _FALCON_VALUES: Final[Mapping[str, tuple[Any, ...]]] = {
     "alibi": (False,),
     "bias": (False,),
@@ -186,7 +206,7 @@ _PARTIAL: Final = ("gpt_neox",)
 _ONE_WIDTH: Final = ("qwen2", "phi3")
 """Families whose heads have together the width of the model."""
 
-_OWN_VALUES: Final = {"qwen2": _QWEN2_VALUES, "qwen3": _QWEN3_VALUES}
+_OWN_VALUES: Final = {"qwen2": _QWEN2_VALUES, "qwen3": _QWEN3_VALUES, "qwen3_moe": _QWEN3_MOE_VALUES}
 
 
 def _llama_problems(config: PretrainedConfig) -> Iterator[str]:

@@ -6,8 +6,11 @@ The reference is llama.cpp's converter, `conversion/` in its repository.
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Final
 
 import gguf
@@ -125,8 +128,10 @@ _PAIRS: Final[Mapping[str, RowOrder]] = {"q_proj": _queries, "k_proj": _keys}
 FAMILIES: Final[Mapping[str, GgufFamily]] = {
     "llama": GgufFamily(gguf.MODEL_ARCH.LLAMA, "LlamaForCausalLM", _PAIRS),
     "mistral": GgufFamily(gguf.MODEL_ARCH.LLAMA, "MistralForCausalLM", _PAIRS),
+    "mixtral": GgufFamily(gguf.MODEL_ARCH.LLAMA, "MixtralForCausalLM", _PAIRS),
     "qwen2": GgufFamily(gguf.MODEL_ARCH.QWEN2, "Qwen2ForCausalLM"),
     "qwen3": GgufFamily(gguf.MODEL_ARCH.QWEN3, "Qwen3ForCausalLM"),
+    "qwen3_moe": GgufFamily(gguf.MODEL_ARCH.QWEN3MOE, "Qwen3MoeForCausalLM"),
     "falcon": GgufFamily(gguf.MODEL_ARCH.FALCON, "FalconForCausalLM", {"query_key_value": _falcon_qkv}),
     "gpt_neox": GgufFamily(gguf.MODEL_ARCH.GPTNEOX, "GPTNeoXForCausalLM", {"query_key_value": _neox_qkv}),
     "gemma2": GgufFamily(gguf.MODEL_ARCH.GEMMA2, "Gemma2ForCausalLM", raised_norms=True),
@@ -146,12 +151,25 @@ class Places:
         orders: int64 [rows], the row of the parameter that each row of the file is, for those in another order.
         raised: parameters that the file has plus 1, in float32, as the model computes with them.
         transposed: matrices that are [in, out] in the model, and [out, in] in the file, as codes always are.
+        experts: the expert's number, for the matrices of a mixture: the file has those of all experts in one tensor
+            [experts, out, in], which is the name of each.
     """
 
     names: Mapping[str, str]
     orders: Mapping[str, Tensor]
     raised: frozenset[str] = frozenset()
     transposed: frozenset[str] = frozenset()
+    experts: Mapping[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def stacks(self) -> Mapping[str, int]:
+        """How many experts are in each tensor that has those of all, by its name in the file."""
+        return Counter(self.names[name] for name in self.experts)
+
+    def part(self, name: str) -> str:
+        """A name for what a parameter is in the file: of a tensor, or of one expert's part of it."""
+        stored = self.names[name]
+        return f"{stored}[{self.experts[name]}]" if name in self.experts else stored
 
     def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of an unquantized parameter in the file from that in the model, and the other way round."""
@@ -178,6 +196,9 @@ class Places:
         return hash(tuple(self.names.items()))
 
 
+_EXPERT: Final = re.compile(r"\.experts\.(\d+)(?=\.)")
+
+
 def places(family: GgufFamily, config: PretrainedConfig, parameters: Iterable[str]) -> Places:
     """Where the parameters of a model are.
 
@@ -187,17 +208,20 @@ def places(family: GgufFamily, config: PretrainedConfig, parameters: Iterable[st
         parameters: their names; one that the architecture does not have gets no place.
     """
     table = gguf.get_tensor_name_map(family.arch, config.num_hidden_layers)
-    names, orders = dict[str, str](), dict[str, Tensor]()
+    names, orders, experts = dict[str, str](), dict[str, Tensor](), dict[str, int]()
     made = {suffix: order(config) for suffix, order in family.orders.items()}
     for parameter in parameters:
         module, _, leaf = parameter.rpartition(".")
-        if (name := table.get_name(module)) is not None:
+        expert = _EXPERT.search(module)
+        if (name := table.get_name(module if expert is None else _EXPERT.sub(".experts", module))) is not None:
             names[parameter] = f"{name}.{leaf}"
+            if expert is not None:
+                experts[parameter] = int(expert[1])
             if (order := made.get(module.rpartition(".")[2])) is not None:
                 orders[parameter] = order
     raised = frozenset(name for name in names if family.raised_norms and name.endswith("norm.weight"))
     transposed = frozenset(name for name in names if _is_matrix_of(name, family.transposed))
-    return Places(names, orders, raised, transposed)
+    return Places(names, orders, raised, transposed, experts)
 
 
 def _is_matrix_of(parameter: str, modules: frozenset[str]) -> bool:

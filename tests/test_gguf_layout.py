@@ -30,7 +30,7 @@ import qexport
 from gguf_faults import Q4_0_BYTES, Rows, copied, first_row_larger, half_rotated, rolled, rows_of, swapped, value_of
 from qexport.artifact.figures import CheckResult
 from qexport.artifact.names import GGUF_NAME
-from qexport.errors import CompatibilityError, InputError, QexportError
+from qexport.errors import CompatibilityError, InputError, QexportError, ResourceError
 from qexport.export.gguf.files import GgufFiles
 from qexport.export.gguf.tokenizer_keys import gguf_tokenizer
 from qexport.formats.gguf.blocks import LARGEST_SHIFT
@@ -93,6 +93,7 @@ ROWS = ("int8", "w8a8")
         "gpt-2, int8",
         "mixtral, none",
         "mixtral, 3",
+        "mixtral, w8a8",
         "qwen3 moe, int8",
         "llama, int8",
         "llama, w8a8",
@@ -375,6 +376,26 @@ def test_an_expert_is_at_its_place_as_soon_as_it_is_written(tmp_path: Path, made
         tensor = file.tensors["blk.1.ffn_gate_exps.weight"]
         own = file.read_rows("blk.1.ffn_gate_exps.weight", tensor.rows // 2, tensor.rows // 4 * 3).tobytes()
     assert (tmp_path / GGUF_NAME).read_bytes()[tensor.offset + tensor.nbytes // 2 :] == own
+
+
+def test_experts_that_an_interrupted_run_has_written_are_taken_as_written(tmp_path: Path, made: Make) -> None:
+    folders = made("mixtral")
+    weights = gguf_folders.layout("gguf", gguf_folders.load(folders.base)).weights
+    records = list(folders.records.values())
+    with weights.writer(tmp_path) as writer:
+        for record in records[:15]:
+            writer.write(record)
+        written = writer.written()
+    with weights.writer(tmp_path) as writer:
+        writer.adopt(written)
+        for record in records[15:]:
+            writer.write(record)
+        writer.finish()
+    assert len([name for name in written if name.endswith("]")]) == 7
+    assert (tmp_path / GGUF_NAME).read_bytes() == (folders.gguf / GGUF_NAME).read_bytes()
+    rows_of(tmp_path / GGUF_NAME, "blk.0.ffn_gate_exps.weight", swapped(4))
+    with weights.writer(tmp_path) as writer, pytest.raises(ResourceError, match="is damaged"):
+        writer.adopt(written)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3 moe"])

@@ -59,6 +59,18 @@ def smaller(rows: Rows) -> Rows:
     return found
 
 
+def swapped(experts: int) -> Callable[[Rows], Rows]:
+    """The rows of a mixture's first two experts, each in the place of the other."""
+    return lambda rows: rows.reshape(experts, -1, rows.shape[1])[[1, 0, *range(2, experts)]]
+
+
+def first_row_larger(rows: Rows) -> Rows:
+    """The first of some rows in float32 times 1.1."""
+    found = rows.view(np.float32).copy()
+    found[0] *= np.float32(1.1)
+    return found.view(np.uint8)
+
+
 def half_rotated(heads: int) -> Callable[[Rows], Rows]:
     """The rows of keys in the order of transformers, as if nobody had ordered them for llama.cpp."""
     return lambda rows: rows.reshape(heads, -1, 2, rows.shape[1]).swapaxes(1, 2)

@@ -40,7 +40,7 @@ CONFIGS: Mapping[str, PretrainedConfig] = {
         name: factories.FAMILIES[name]
         for name in (
             "llama", "mistral", "qwen2", "qwen3", "falcon 7b", "falcon 40b", "falcon 3", "gemma 2", "gemma 3", "phi 3",
-            "gpt-neox",
+            "gpt-neox", "gpt-2", "mixtral",
         )
     },
     "gemma 3 linear": Gemma3TextConfig(
@@ -50,6 +50,7 @@ CONFIGS: Mapping[str, PretrainedConfig] = {
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 500000.0},
         },
     ),
+    "qwen3 moe": factories.qwen3_moe_config(decoder_sparse_step=1, norm_topk_prob=True),
     "llama 3": factories.llama_config(rope_parameters=dict(LLAMA3)),
     "llama linear": factories.llama_config(rope_parameters=dict(LINEAR)),
 }  # fmt: skip

@@ -27,10 +27,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 import factories
 import gguf_folders
 import qexport
-from gguf_faults import Q4_0_BYTES, Rows, copied, half_rotated, rolled, rows_of, value_of
+from gguf_faults import Q4_0_BYTES, Rows, copied, first_row_larger, half_rotated, rolled, rows_of, swapped, value_of
 from qexport.artifact.figures import CheckResult
 from qexport.artifact.names import GGUF_NAME
-from qexport.errors import CompatibilityError, InputError, QexportError
+from qexport.errors import CompatibilityError, InputError, QexportError, ResourceError
 from qexport.export.gguf.files import GgufFiles
 from qexport.export.gguf.tokenizer_keys import gguf_tokenizer
 from qexport.formats.gguf.blocks import LARGEST_SHIFT
@@ -89,6 +89,12 @@ ROWS = ("int8", "w8a8")
         "llama, by layer",
         "llama, 8",
         "llama, none",
+        "gpt-2, none",
+        "gpt-2, int8",
+        "mixtral, none",
+        "mixtral, 3",
+        "mixtral, w8a8",
+        "qwen3 moe, int8",
         "llama, int8",
         "llama, w8a8",
         "falcon 40b, int8",
@@ -112,7 +118,20 @@ def test_every_value_is_that_of_the_safetensors_layout(name: str, made: Make) ->
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "falcon 7b", "qwen2", "llama, 2", "llama, 3", "llama, 8", "gemma 2", "gemma 3", "phi 3"]
+    "name",
+    [
+        "llama",
+        "falcon 7b",
+        "qwen2",
+        "llama, 2",
+        "llama, 3",
+        "llama, 8",
+        "gemma 2",
+        "gemma 3",
+        "phi 3",
+        "gpt-2",
+        "gpt-2, none",
+    ],
 )
 def test_the_gguf_package_reads_the_same_values(name: str, made: Make) -> None:
     """The rows are ordered here as llama.cpp's converter orders them."""
@@ -127,8 +146,12 @@ def test_the_gguf_package_reads_the_same_values(name: str, made: Make) -> None:
         tensor = tensors[f"{names.get_name(module)}.{leaf}"]
         value = record.value.dequantize() if isinstance(record.value, GroupQuantized) else record.value
         assert isinstance(value, torch.Tensor)
-        found = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(value.shape)
         wanted = reordered(parameter, value.float(), config) + (parameter.endswith("norm.weight") and "gemma" in name)
+        if isinstance(record.value, torch.Tensor) and parameter.endswith(
+            ("c_attn.weight", "c_fc.weight", "c_proj.weight")
+        ):
+            wanted = wanted.mT
+        found = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(wanted.shape)
         assert np.array_equal(found, wanted.numpy()), parameter
 
 
@@ -274,9 +297,10 @@ def test_the_stretched_frequencies_of_llama_3_are_in_the_file(made: Make, tmp_pa
         inspect_artifact(changed)
 
 
-def test_the_order_in_which_tensors_come_changes_no_byte(tmp_path: Path, made: Make) -> None:
-    folders = made("llama")
-    base = gguf_folders.checkpoint(factories.llama_config(), tmp_path / "base")
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_the_order_in_which_tensors_come_changes_no_byte(name: str, tmp_path: Path, made: Make) -> None:
+    folders = made(name)
+    base = gguf_folders.checkpoint(gguf_folders.CONFIGS[name], tmp_path / "base")
     gguf_folders.write(
         gguf_folders.layout("gguf", base), tmp_path / "again", list(folders.records.values())[::-1], base
     )
@@ -310,6 +334,131 @@ def test_weights_in_float16_stay_as_they_are(tmp_path: Path) -> None:
         for record in yielded:
             assert isinstance(record.value, torch.Tensor)
             assert np.array_equal(own.read(record.name).float().numpy(), record.value.float().numpy())
+
+
+# Mixtures of experts.
+
+STACKS: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "mixtral": ("model.layers.1.block_sparse_moe", {"gate": "w1", "down": "w2", "up": "w3"}),
+    "mixtral, none": ("model.layers.1.block_sparse_moe", {"gate": "w1", "down": "w2", "up": "w3"}),
+    "qwen3 moe": ("model.layers.1.mlp", {"gate": "gate_proj", "down": "down_proj", "up": "up_proj"}),
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_the_gguf_package_reads_the_experts_one_behind_the_other(name: str, made: Make) -> None:
+    folders, (mixture, kinds) = made(name), STACKS[name]
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(folders.gguf / GGUF_NAME).tensors}
+    for kind, own in kinds.items():
+        tensor = tensors[f"blk.1.ffn_{kind}_exps.weight"]
+        found = gguf.dequantize(tensor.data, tensor.tensor_type)
+        wanted = [value_in(folders, f"{mixture}.experts.{expert}.{own}.weight") for expert in range(4)]
+        assert np.array_equal(found, np.stack(wanted)), kind
+    router = tensors["blk.1.ffn_gate_inp.weight"]
+    assert router.tensor_type.name == "F32"
+    assert np.array_equal(router.data, value_in(folders, f"{mixture}.gate.weight"))
+
+
+def value_in(folders: gguf_folders.Made, parameter: str) -> Any:
+    value = folders.records[parameter].value
+    assert isinstance(value, torch.Tensor | GroupQuantized)
+    return (value.dequantize() if isinstance(value, GroupQuantized) else value).float().numpy()
+
+
+def test_an_expert_is_at_its_place_as_soon_as_it_is_written(tmp_path: Path, made: Make) -> None:
+    """No expert waits for the others of its tensor."""
+    folders = made("mixtral")
+    name, part = "model.layers.1.block_sparse_moe.experts.2.w1.weight", "blk.1.ffn_gate_exps.weight[2]"
+    with gguf_folders.layout("gguf", gguf_folders.load(folders.base)).weights.writer(tmp_path) as writer:
+        writer.write(folders.records[name])
+        assert set(writer.written()) == {part}
+    with closing(GgufFile(folders.gguf / GGUF_NAME)) as file:
+        tensor = file.tensors["blk.1.ffn_gate_exps.weight"]
+        own = file.read_rows("blk.1.ffn_gate_exps.weight", tensor.rows // 2, tensor.rows // 4 * 3).tobytes()
+    assert (tmp_path / GGUF_NAME).read_bytes()[tensor.offset + tensor.nbytes // 2 :] == own
+
+
+def test_experts_that_an_interrupted_run_has_written_are_taken_as_written(tmp_path: Path, made: Make) -> None:
+    folders = made("mixtral")
+    weights = gguf_folders.layout("gguf", gguf_folders.load(folders.base)).weights
+    records = list(folders.records.values())
+    with weights.writer(tmp_path) as writer:
+        for record in records[:15]:
+            writer.write(record)
+        written = writer.written()
+    with weights.writer(tmp_path) as writer:
+        writer.adopt(written)
+        for record in records[15:]:
+            writer.write(record)
+        writer.finish()
+    assert len([name for name in written if name.endswith("]")]) == 7
+    assert (tmp_path / GGUF_NAME).read_bytes() == (folders.gguf / GGUF_NAME).read_bytes()
+    rows_of(tmp_path / GGUF_NAME, "blk.0.ffn_gate_exps.weight", swapped(4))
+    with weights.writer(tmp_path) as writer, pytest.raises(ResourceError, match="is damaged"):
+        writer.adopt(written)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3 moe"])
+def test_a_loaded_mixture_computes_what_that_of_the_safetensors_layout_does(name: str, made: Make) -> None:
+    folders, ids = made(name), torch.arange(20)[None]
+    own, other = (
+        qexport.load(folder, device="cpu", dtype=torch.float32, check=False)
+        for folder in (folders.gguf, folders.safetensors)
+    )
+    with torch.no_grad():
+        assert torch.equal(own(input_ids=ids).logits, other(input_ids=ids).logits)
+
+
+def test_experts_are_read_from_several_files(made: Make, tmp_path: Path) -> None:
+    folders = as_written(made("mixtral").base, tmp_path, gguf_folders.GPTQ, split_max_size="20KB")
+    with (
+        open_stored(folders.gguf, dtype=torch.float32) as own,
+        open_stored(made("mixtral").gguf, dtype=torch.float32) as other,
+    ):
+        assert len(own.files) > 2
+        assert all(torch.equal(own.read(name), other.read(name).float()) for name in other.specs())
+
+
+def test_experts_of_one_type_may_have_several_numbers_of_bits(made: Make, tmp_path: Path) -> None:
+    quantize = {**gguf_folders.GPTQ, "overrides": [{"modules": "*.experts.1.*", "bits": 2}]}
+    folders = as_written(made("mixtral").base, tmp_path, quantize)
+    with open_stored(folders.gguf, dtype=torch.float32) as own:
+        assert {name.split(".")[5]: layer.bits for name, layer in own.layers.items() if "experts" in name} == {
+            "0": 4, "1": 2, "2": 4, "3": 4,
+        }  # fmt: skip
+        with open_stored(folders.safetensors, dtype=torch.float32) as other:
+            assert all(torch.equal(own.read(name), other.read(name).float()) for name in other.specs())
+
+
+@pytest.mark.parametrize("change", [{"bits": 8}, {"dense": True}])
+def test_experts_of_several_types_are_refused(change: Mapping[str, Any], made: Make) -> None:
+    quantize = {**gguf_folders.GPTQ, "overrides": [{"modules": "*.0.*.experts.1.w2", **change}]}
+    with pytest.raises(CompatibilityError, match="1 tensors of GGUF would have experts of several types") as caught:
+        gguf_folders.layout("gguf", gguf_folders.load(made("mixtral").base), quantize)
+    assert "experts.0.w2.weight in Q4_0 and model.layers.0.block_sparse_moe.experts.1.w2.weight in" in str(caught.value)
+    assert "overrides" in str(caught.value)
+
+
+def test_a_file_with_other_experts_than_the_model_is_refused(made: Make, tmp_path: Path) -> None:
+    def fewer(path: Path) -> None:
+        count = (4).to_bytes(8, "little")
+        value_of(path, "blk.0.ffn_up_exps.weight", count, (3).to_bytes(8, "little"))
+
+    folder = copied(made("mixtral").gguf, tmp_path / "changed", fewer)
+    with pytest.raises(InputError, match="the model has 4 experts"):
+        read_whole(folder)
+
+
+def test_experts_that_were_swapped_on_disk_are_found_when_they_are_read_back(made: Make, tmp_path: Path) -> None:
+    weights = gguf_folders.layout("gguf", gguf_folders.load(made("mixtral").base)).weights
+    with weights.writer(tmp_path) as writer:
+        for record in made("mixtral").records.values():
+            writer.write(record)
+        written = writer.finish()
+    weights.read_back(tmp_path, written)
+    rows_of(tmp_path / GGUF_NAME, "blk.0.ffn_down_exps.weight", swapped(4))
+    with pytest.raises(QexportError, match="not those written"):
+        weights.read_back(tmp_path, written)
 
 
 # What is lossy, on request.
@@ -404,13 +553,15 @@ def neox(**changes: Any) -> GPTNeoXConfig:
     return GPTNeoXConfig(**{**factories.FAMILIES["gpt-neox"].to_dict(), **changes})
 
 
+def moe(**changes: Any) -> PretrainedConfig:
+    return factories.qwen3_moe_config(**{"decoder_sparse_step": 1, "norm_topk_prob": True} | changes)
+
+
 def phi3(**changes: Any) -> Phi3Config:
     return Phi3Config(**{**factories.FAMILIES["phi 3"].to_dict(), **changes})
 
 
 MODELS: Mapping[str, tuple[PretrainedConfig, str]] = {
-    "gpt-2": (factories.gpt2_config(), "does not know the family gpt2"),
-    "mixtral": (factories.mixtral_config(), "does not know the family mixtral"),
     "falcon rw": (factories.falcon_rw_config(), "alibi is True"),
     "falcon h1": (factories.falcon_h1_config(), "does not know the family falcon_h1"),
     "activation": (factories.llama_config(hidden_act="gelu"), "hidden_act is 'gelu'"),
@@ -454,6 +605,18 @@ MODELS: Mapping[str, tuple[PretrainedConfig, str]] = {
     "gemma 2 with a head of its own": (gemma2(tie_word_embeddings=False), "llama.cpp has no place"),
     "gpt-neox without biases": (neox(attention_bias=False), "attention_bias is False"),
     "gpt-neox with another activation": (neox(hidden_act="relu"), "hidden_act is 'relu'"),
+    "gpt-2 with another activation": (factories.gpt2_config(activation_function="gelu"), "computes 'gelu_new'"),
+    "gpt-2 with another divisor": (factories.gpt2_config(scale_attn_weights=False), "scale_attn_weights is False"),
+    "gpt-2 with a divisor by layer": (
+        factories.gpt2_config(scale_attn_by_inverse_layer_idx=True),
+        "scale_attn_by_inverse_layer_idx is True",
+    ),
+    "weights of experts as they are": (
+        moe(norm_topk_prob=False),
+        "norm_topk_prob is False, and llama.cpp computes True",
+    ),
+    "blocks without experts": (moe(decoder_sparse_step=2), "decoder_sparse_step is 2"),
+    "a block without experts": (moe(mlp_only_layers=[1]), r"mlp_only_layers is \[1\]"),
     "longrope": (
         phi3(
             rope_parameters={
@@ -675,7 +838,9 @@ def failed(folder: Path, base: Path, held_out: Path) -> list[CheckResult]:
     return [check for check in report.checks if not check.passed]
 
 
-@pytest.mark.parametrize("name", ["llama", "llama, 2", "llama, 3", "llama, int8", "llama, w8a8"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama, 2", "llama, 3", "llama, int8", "llama, w8a8", "gpt-2", "mixtral", "qwen3 moe"]
+)
 def test_a_sound_folder_passes(name: str, made: Make, held_out: Path) -> None:
     assert failed(made(name).gguf, made(name).base, held_out) == []
 
@@ -687,6 +852,24 @@ def test_a_fault_in_the_file_is_named_by_a_gate(fault: str, made: Make, held_out
     found = failed(folder, made("llama").base, held_out)
     assert [check.gate for check in found] == [gate]
     assert words in found[0].detail
+
+
+OF_MIXTURES: Mapping[str, tuple[Callable[[Path], None], str]] = {
+    "two experts swapped": (
+        lambda p: rows_of(p, "blk.1.ffn_down_exps.weight", swapped(4)), "model.layers.1.block_sparse_moe.experts.0.w2",
+    ),
+    "a row of the router": (
+        lambda p: rows_of(p, "blk.0.ffn_gate_inp.weight", first_row_larger), "model.layers.0.block_sparse_moe.gate",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", OF_MIXTURES)
+def test_a_fault_of_a_mixture_is_named_by_a_gate(fault: str, made: Make, held_out: Path, tmp_path: Path) -> None:
+    change, words = OF_MIXTURES[fault]
+    folder = copied(made("mixtral").gguf, tmp_path / "changed", change)
+    (found,) = failed(folder, made("mixtral").base, held_out)
+    assert (found.gate, words in found.detail) == ("weights", True)
 
 
 def one_step_larger(rows: Rows) -> Rows:

@@ -208,7 +208,9 @@ def test_other_families_are_computed_as_the_model_that_was_written(name: str, pa
 
 LLAMA3 = {**gguf_folders.LLAMA3, "original_max_position_embeddings": 8192}
 ROUND_TRIPS: dict[str, PretrainedConfig] = {
-    name: config for name, config in gguf_folders.CONFIGS.items() if name not in ("mistral", "llama 3", "gpt-neox")
+    name: config
+    for name, config in gguf_folders.CONFIGS.items()
+    if name not in ("mistral", "llama 3", "gpt-neox", "gpt-2", "mixtral", "qwen3 moe")
 } | {
     "llama 3": factories.llama_config(max_position_embeddings=16384, rope_parameters=LLAMA3),
     "falcon 11b": factories.falcon_40b_config(num_ln_in_parallel_attn=1),

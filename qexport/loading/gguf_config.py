@@ -307,7 +307,8 @@ _READINGS: Final[Mapping[str, _Reading]] = {
     "gemma2": _Reading(FAMILIES["gemma2"], "gemma2", {"attention.key_length": "head_dim"}, _gemma2),
     "gemma3": _Reading(FAMILIES["gemma3_text"], "gemma3_text", {"attention.key_length": "head_dim"}, _gemma3),
 }
-"""By `general.architecture`. The layout `gguf` also writes GPT-NeoX, whose heads are rotated in part."""
+"""By `general.architecture`. The layout `gguf` also writes GPT-NeoX, whose heads are rotated in part, and GPT-2, whose
+matrices are transposed."""
 
 
 def _refuse_other_heads(metadata: _Metadata, config: PretrainedConfig) -> None:

@@ -131,9 +131,9 @@ class GgufWeights:
             self._places = self._find_places()
             self._names = self._parameters()
             self._matrices = {
-                name.removesuffix(".weight"): self._matrix(stored)
+                name.removesuffix(".weight"): self._matrix(name)
                 for name, stored in self._names.items()
-                if self.file.tensors[stored].kind not in _TORCH and len(self.file.tensors[stored].shape) == 2
+                if self.file.tensors[stored].kind not in _TORCH
             }
             self.quantized: Mapping[str, GgufMatrix] = {
                 name: matrix for name, matrix in self._matrices.items() if name != self.architecture.structure.embedding
@@ -152,7 +152,7 @@ class GgufWeights:
         Raises:
             InputError: the file does not have it or has become shorter, or it holds NaN or Inf.
         """
-        return as_parameter(self.stored(name), self._dtype, transposed=False)
+        return as_parameter(self.stored(name), self._dtype, transposed=name.removesuffix(".weight") in self.transposed)
 
     def stored(self, name: str) -> torch.Tensor | Quantized:
         """The parameter as it is stored, in the model's order of rows: a copy of the tensor, or the codes [out, in].
@@ -189,12 +189,23 @@ class GgufWeights:
         """The stored tensor; of codes their bytes, uint8 [out, row_bytes]."""
         if name not in self._names:
             raise InputError("there is no tensor with this name", where=f"{self.file.path}: {name}")
-        stored = self._names[name]
-        tensor = self.file.tensors[stored]
-        rows = torch.from_numpy(self.file.read_rows(stored, 0, tensor.rows))
-        if tensor.kind in _TORCH:
-            rows = rows.view(_TORCH[tensor.kind]).reshape(tensor.shape)
+        kind = self.file.tensors[self._names[name]].kind
+        rows = self._first_rows(name)
+        if kind in _TORCH:
+            rows = self._places.turned(name, rows.view(_TORCH[kind]).reshape(self._shape(name)))
         return self._places.restored(name, rows)
+
+    def _first_rows(self, name: str, most: int | None = None) -> torch.Tensor:
+        """The stored bytes of a parameter's rows in the file's order, uint8 [rows, row_bytes], or of its first ones."""
+        rows = math.prod(self._shape(name)[:-1])
+        first = rows * self._places.experts.get(name, 0)
+        count = rows if most is None else min(most, rows)
+        return torch.from_numpy(self.file.read_rows(self._names[name], first, first + count))
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """The shape that a parameter has in the file; of an expert's matrix its own, [out, in]."""
+        shape = self.file.tensors[self._names[name]].shape
+        return shape[1:] if name in self._places.experts else shape
 
     @property
     def quantization(self) -> None:
@@ -214,8 +225,8 @@ class GgufWeights:
 
     @property
     def transposed(self) -> frozenset[str]:
-        """Empty: no family here stores weights [in, out]."""
-        return frozenset()
+        """The modules whose unquantized weight is [in, out] (GPT-2's Conv1D); codes are always [out, in]."""
+        return self.architecture.structure.transposed
 
     @property
     def raised(self) -> frozenset[str]:
@@ -307,7 +318,13 @@ class GgufWeights:
         known = {name: stored for name, stored in self._places.names.items() if stored in tensors}
         taken = set(known.values())
         for stored, tensor in tensors.items():
-            if tensor.kind not in _TORCH and len(tensor.shape) != 2:
+            count = self._places.stacks.get(stored)
+            if count is not None and (len(tensor.shape) != 3 or tensor.shape[0] != count):
+                raise InputError(
+                    f"shape {list(tensor.shape)}, and the model has {count} experts",
+                    where=f"{self.file.path}: {stored}",
+                )
+            if tensor.kind not in _TORCH and len(tensor.shape) != (2 if count is None else 3):
                 raise InputError(
                     f"{tensor.kind.name} {list(tensor.shape)} is not read as an artifact",
                     where=f"{self.file.path}: {stored}",
@@ -321,24 +338,24 @@ class GgufWeights:
     def _specs(self) -> dict[str, TensorSpec]:
         tensors = self.file.tensors
         return {
-            name: TensorSpec(tensors[stored].shape, _TORCH.get(tensors[stored].kind, self._dtype))
+            name: TensorSpec(self._places.shape(name, self._shape(name)), _TORCH.get(tensors[stored].kind, self._dtype))
             for name, stored in self._names.items()
         }
 
-    def _matrix(self, stored: str) -> GgufMatrix:
-        """How a tensor is stored. The codes of the first rows tell whether 2 or 3 bits were given 4."""
-        tensor = self.file.tensors[stored]
-        bits = bits_of(tensor.kind)
-        if blocks.BITS.get(tensor.kind) == _SHARED_BITS:
-            rows = torch.from_numpy(self.file.read_rows(stored, 0, min(_SAMPLE, tensor.rows)))
-            bits = blocks.unpack(rows, min(blocks.NARROW)).bits
-        return GgufMatrix(tensor.shape[0], tensor.shape[1], tensor.kind, bits)
+    def _matrix(self, name: str) -> GgufMatrix:
+        """How a matrix is stored. The codes of the first rows tell whether 2 or 3 bits were given 4."""
+        kind = self.file.tensors[self._names[name]].kind
+        bits = bits_of(kind)
+        if blocks.BITS.get(kind) == _SHARED_BITS:
+            bits = blocks.unpack(self._first_rows(name, _SAMPLE), min(blocks.NARROW)).bits
+        out_features, in_features = self._shape(name)
+        return GgufMatrix(out_features, in_features, kind, bits)
 
     def _group_size(self, module: str, matrix: GgufMatrix) -> int:
         """Values per scale, as the first rows tell: neighbouring blocks of a group have equal scales and minima."""
         if not matrix.has_codes and matrix.kind != blocks.ASYMMETRIC:
             return blocks.BLOCK
-        rows = self.file.read_rows(self._names[f"{module}.weight"], 0, min(_SAMPLE, matrix.out_features))
+        rows = self._first_rows(f"{module}.weight", _SAMPLE).numpy()
         found = rows.reshape(len(rows), -1, GGML_QUANT_SIZES[matrix.kind][1])
         scales = found[..., : 4 if matrix.kind == blocks.ASYMMETRIC else 2]
         starts = (scales[:, 1:] != scales[:, :-1]).any((0, 2)).nonzero()[0] + 1

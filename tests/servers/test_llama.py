@@ -27,7 +27,18 @@ import gguf_folders
 import qexport
 import sentencepiece_tokenizers as tiny
 import vllm_artifacts as artifacts
-from gguf_faults import Change, Rows, copied, half_rotated, rolled, rows_of, smaller, value_of
+from gguf_faults import (
+    Change,
+    Rows,
+    copied,
+    first_row_larger,
+    half_rotated,
+    rolled,
+    rows_of,
+    smaller,
+    swapped,
+    value_of,
+)
 from qexport.architectures.architecture import Checkpoint
 from qexport.artifact.figures import find_figure
 from qexport.artifact.names import GGUF_NAME
@@ -94,7 +105,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., gguf_folders
 
 
 def test_all_tensors_are_those_of_the_converter(made: Callable[..., gguf_folders.Made], tmp_path: Path) -> None:
-    """Falcon 7B's configuration is given with the number of key heads that the model has, as older files have it."""
+    """Configurations of Falcon 7B, GPT-NeoX and GPT-2 are given with keys of older files, which the converter reads."""
     families = [family for family in gguf_folders.CONFIGS if family not in ("gemma 2", "phi 3")]  # see below
     for family in families:
         model = Path(shutil.copytree(made(family, "none").base, tmp_path / family))
@@ -103,6 +114,8 @@ def test_all_tensors_are_those_of_the_converter(made: Callable[..., gguf_folders
             (model / "config.json").write_text(json.dumps(config | {"num_kv_heads": 1}))
         if config["model_type"] == "gpt_neox":
             (model / "config.json").write_text(json.dumps(config | {"rotary_pct": 0.25}))
+        if config["model_type"] == "gpt2":
+            (model / "config.json").write_text(json.dumps(config | {"n_ctx": config["n_positions"]}))
     convert({tmp_path / family: tmp_path / f"{family}.gguf" for family in families}, tmp_path / "jobs.json")
     for family in families:
         assert_same_file(made(family, "none").gguf / GGUF_NAME, tmp_path / f"{family}.gguf")
@@ -116,7 +129,13 @@ def convert(models: Mapping[Path, Path], jobs: Path) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
 
 
-NOT_WRITTEN = {"general.basename", "general.size_label", "general.sampling.temp", "tokenizer.ggml.add_sep_token"}
+NOT_WRITTEN = {
+    "general.basename",
+    "general.version",
+    "general.size_label",
+    "general.sampling.temp",
+    "tokenizer.ggml.add_sep_token",
+}
 """Keys of the converter that say nothing of the model, or what llama.cpp takes for granted."""
 
 
@@ -191,11 +210,15 @@ def test_a_sound_folder_with_a_tokenizer_of_sentencepiece_is_confirmed(case: str
     assert exact < (1e-6 if case in GELU else 1e-9)
 
 
-GELU = ("falcon 7b", "falcon 40b", "gpt-neox", "gemma 2", "gemma 3", "gemma 3 linear")
+GELU = ("falcon 7b", "falcon 40b", "gpt-neox", "gpt-2", "gemma 2", "gemma 3", "gemma 3 linear")
 """Models whose activation llama.cpp takes from a table."""
 
 
-@pytest.mark.parametrize("family", [family for family in gguf_folders.CONFIGS if family != "qwen2"])
+MIXTURES = ("mixtral", "qwen3 moe")
+"""Models of which llama.cpp computes nothing in float32 but a file that is in float32: see below."""
+
+
+@pytest.mark.parametrize("family", [family for family in gguf_folders.CONFIGS if family not in ("qwen2", *MIXTURES)])
 def test_a_sound_folder_is_confirmed(family: str, made: Callable[..., gguf_folders.Made], text: Path) -> None:
     report = report_of(made(family), text, None, "float32")
     assert report.verdict == "pass", [gate.reason for gate in report.gates if gate.verdict != "pass"]
@@ -425,6 +448,55 @@ def test_a_fault_of_gemma_shows_in_float32(
     reference = make_reference(base, VerifySettings(text=str(text), windows=8, max_windows=8, sequence_length=48))
     found = measured(copied(folder, tmp_path / "served", OF_GEMMA[fault]), folder, reference, "float32")
     assert found.failed == ["fidelity_kl through llama.cpp float32"]
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_sound_mixture_is_confirmed_as_it_is_served(
+    family: str, made: Callable[..., gguf_folders.Made], text: Path
+) -> None:
+    report = report_of(made(family), text, None)
+    assert report.verdict == "pass", [gate.reason for gate in report.gates if gate.verdict != "pass"]
+    served = figure_of(report.served[0].figures, "fidelity_kl")
+    print(f"\n{family}: fidelity as served {served:.2g}", file=sys.stderr)
+
+
+def test_a_mixture_is_not_said_to_be_computed_in_float32(
+    made: Callable[..., gguf_folders.Made],
+) -> None:
+    with (
+        pytest.raises(CompatibilityError, match="rounds the inputs of a mixture's experts"),
+        ChildRuntime(settings("float32"), made("mixtral").gguf, longest=40),
+    ):
+        pass
+
+
+OF_MIXTURES: Mapping[str, Change] = {
+    "sound": lambda path: None,
+    "two experts swapped": lambda path: rows_of(path, "blk.1.ffn_down_exps.weight", swapped(4)),
+    "a row of the router": lambda path: rows_of(path, "blk.0.ffn_gate_inp.weight", first_row_larger),
+    "one expert used": number("expert_used_count", np.uint32(2), np.uint32(1)),
+}
+
+
+@pytest.mark.parametrize("fault", OF_MIXTURES)
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_mixture_that_llama_cpp_has_dequantized_is_computed_in_float32(
+    family: str, fault: str, made: Callable[..., gguf_folders.Made], text: Path, tmp_path: Path
+) -> None:
+    """llama.cpp's quantizer dequantizes the file, since its BLAS backend does not compute the products of experts."""
+    folder, base = made(family).gguf, gguf_folders.load(made(family).base)
+    reference = make_reference(base, VerifySettings(text=str(text), windows=8, max_windows=8, sequence_length=48))
+    changed = copied(folder, tmp_path / "changed", OF_MIXTURES[fault])
+    served = copied(folder, tmp_path / "served", Path.unlink)
+    script = Path(__file__).with_name("quantize_with_llama.py")
+    command = [PYTHON, str(script), str(changed / GGUF_NAME), str(served / GGUF_NAME), "F32"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    found = measured(served, folder, reference, "float32")
+    if fault == "sound":
+        assert (found.failed, found.undecided) == ([], [])
+        assert found.value("fidelity_kl") < 1e-9
+    else:
+        assert found.failed == ["fidelity_kl through llama.cpp float32"]
 
 
 def test_a_merge_that_was_changed_shows_in_the_tokens(

@@ -20,7 +20,7 @@ from qexport.export.weight_files import WeightFiles
 from qexport.formats.gguf import DTYPES, Entry, GgufFormat
 from qexport.formats.gguf.header import Short, Value, header_bytes, padded
 from qexport.tensors import TensorSpec
-from qexport.tensors.gguf_file import GgufFile, GgufTensor
+from qexport.tensors.gguf_file import GgufFile
 from qexport.tensors.gguf_parts import SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS_COUNT, open_gguf
 
 _PIECE: Final = 1 << 22
@@ -62,17 +62,29 @@ class GgufFiles(WeightFiles):
 
     @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:
-        """Every tensor of the files."""
+        """Everything that is written: every tensor of the files, of stacked experts each one's part."""
         own = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in self.constants.items()}
         return own | dict(super().specs)
 
     @cached_property
     def table(self) -> Mapping[str, Entry]:
         """Every tensor of the files, in order."""
-        form = self.encoding
-        assert isinstance(form, GgufFormat)
+        form = self._format
         own = {name: Entry(tuple(tensor.shape), DTYPES[tensor.dtype]) for name, tensor in self.constants.items()}
         return own | {form.places.names[name]: form.entry(name, spec) for name, spec in self.outputs.specs.items()}
+
+    @property
+    def _format(self) -> GgufFormat:
+        assert isinstance(self.encoding, GgufFormat)
+        return self.encoding
+
+    @cached_property
+    def holders(self) -> Mapping[str, tuple[str, int]]:
+        """The tensor that each entry of `specs` is in, and how many of its size are before it there."""
+        places = self._format.places
+        own = {name: (name, 0) for name in self.constants}
+        parts = {places.part(name): (places.names[name], places.experts.get(name, 0)) for name in self.outputs.specs}
+        return own | parts
 
     @cached_property
     def parts(self) -> Mapping[str, Part]:
@@ -115,8 +127,9 @@ class GgufFiles(WeightFiles):
             problems += [path.name for path in file.paths if path.name not in self.parts]
             if problems:
                 raise QexportError("tensors on disk are not those planned", where=f"{self.first}: {listed(problems)}")
-            for name, tensor in file.tensors.items():
-                if sha256_chunks(_pieces(file, name, tensor)) != written.digests[name]:
+            for name, (holder, number) in self.holders.items():
+                rows = file.tensors[holder].rows // self._format.places.stacks.get(holder, 1)
+                if sha256_chunks(_pieces(file, holder, number * rows, rows)) != written.digests[name]:
                     raise QexportError(
                         "a tensor's bytes on disk are not those written",
                         where=f"{self.first}: {name}",
@@ -150,9 +163,13 @@ class GgufWriter(PlacedTensors):
 
     def __init__(self, folder: Path, files: GgufFiles) -> None:
         self._folder, self._constants, self._parts = folder, files.constants, files.parts
-        places = {
+        starts = {
             each: (folder / name, offset) for name, part in self._parts.items() for each, offset in part.offsets.items()
         }
+        places = dict[str, tuple[Path, int]]()
+        for name, (holder, number) in files.holders.items():
+            path, start = starts[holder]
+            places[name] = path, start + number * files.specs[name].nbytes
         super().__init__(files.specs, places)
 
     def finish(self) -> tuple[str, ...]:
@@ -171,7 +188,7 @@ class GgufWriter(PlacedTensors):
         return tuple(self._parts)
 
 
-def _pieces(file: GgufFile, name: str, tensor: GgufTensor) -> Iterator[memoryview]:
-    step = max(1, _PIECE // tensor.row_bytes)
-    for start in range(0, tensor.rows, step):
-        yield file.read_rows(name, start, min(start + step, tensor.rows)).reshape(-1).data
+def _pieces(file: GgufFile, name: str, first: int, rows: int) -> Iterator[memoryview]:
+    step = max(1, _PIECE // file.tensors[name].row_bytes)
+    for start in range(first, first + rows, step):
+        yield file.read_rows(name, start, min(start + step, first + rows)).reshape(-1).data

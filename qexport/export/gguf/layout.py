@@ -78,6 +78,7 @@ class GgufLayout:
         form = GgufFormat(own, rounded_ends(settings, outputs, structure), inexact)
         self._refuse_homeless(form)
         self._refuse_faults(form)
+        self._refuse_uneven_experts(form)
         values = _header(checkpoint.architecture, self._tokenizer, self._name)
         values["general.file_type"] = int(self._file_type)
         most = 0 if settings.split_max_size is None else parse_size(settings.split_max_size)
@@ -197,6 +198,24 @@ class GgufLayout:
                 f"{len(named)} layers cannot be stored in GGUF value by value",
                 where=f"export: gguf: {listed(named)}",
                 mend="quantize with sym: true and group_size: 32; or leave this layout out",
+            )
+
+    def _refuse_uneven_experts(self, form: GgufFormat) -> None:
+        """Refuses experts that are quantized in several ways, since one tensor of the file has them all."""
+        found = dict[str, dict[GGMLQuantizationType, str]]()
+        for name in form.places.experts:
+            kinds = found.setdefault(form.places.names[name], {})
+            kinds.setdefault(form.entry(name, self._outputs.specs[name]).kind, name)
+        uneven = [
+            " and ".join(f"{name} in {kind.name}" for kind, name in kinds.items())
+            for kinds in found.values()
+            if len(kinds) > 1
+        ]
+        if uneven:
+            raise CompatibilityError(
+                f"{len(uneven)} tensors of GGUF would have experts of several types, and each has one",
+                where=f"export: gguf: {listed(uneven)}",
+                mend="give all experts of a layer the same bits in overrides ('*.experts.*'); or leave this layout out",
             )
 
 

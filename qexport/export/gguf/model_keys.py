@@ -57,12 +57,20 @@ def model_keys(architecture: Architecture) -> dict[str, Value]:
         "attention.head_count": int(config.num_attention_heads),
         "attention.key_length": head_dim(config),
         "attention.value_length": head_dim(config),
-        "rope.dimension_count": int(head_dim(config) * rotary(config).get("partial_rotary_factor", 1.0)),
-        "rope.freq_base": float(rotary(config)["rope_theta"]),
+        **_rotary_keys(config),
         "vocab_size": architecture.structure.vocab_size,
     }
     found = common | values
     return {f"{family.name}.{key}": value for key, value in (found | _scaling_keys(config)).items()}
+
+
+def _rotary_keys(config: PretrainedConfig) -> dict[str, Value]:
+    if config.model_type in _LEARNED:
+        return {}
+    return {
+        "rope.dimension_count": int(head_dim(config) * rotary(config).get("partial_rotary_factor", 1.0)),
+        "rope.freq_base": float(rotary(config)["rope_theta"]),
+    }
 
 
 def context_length(config: PretrainedConfig) -> int:
@@ -88,7 +96,7 @@ def notes(config: PretrainedConfig) -> list[str]:
             f"llama.cpp has no sliding window for this family: up to {context_length(config)} tokens, which are the "
             f"file's context_length, it computes the model; keep --ctx-size at that"
         )
-    if config.model_type in ("falcon", "gpt_neox", *GEMMA):
+    if config.model_type in ("falcon", "gpt2", "gpt_neox", *GEMMA):
         found.append("llama.cpp approximates the model's GELU")
     return found
 
@@ -126,6 +134,13 @@ def _neox_keys(config: PretrainedConfig) -> dict[str, Value]:
     }
 
 
+def _gpt2_keys(config: PretrainedConfig) -> dict[str, Value]:
+    return {
+        "feed_forward_length": int(config.n_inner or 4 * config.hidden_size),
+        "attention.layer_norm_epsilon": float(config.layer_norm_epsilon),
+    }
+
+
 def _phi3_keys(config: PretrainedConfig) -> dict[str, Value]:
     """llama.cpp takes no notice of the window, which is 0 for none."""
     return {
@@ -135,9 +150,24 @@ def _phi3_keys(config: PretrainedConfig) -> dict[str, Value]:
     }
 
 
+def _mixtral_keys(config: PretrainedConfig) -> dict[str, Value]:
+    return {
+        **_llama_keys(config),
+        "expert_count": int(config.num_local_experts),
+        "expert_used_count": int(config.num_experts_per_tok),
+    }
+
+
+def _qwen3_moe_keys(config: PretrainedConfig) -> dict[str, Value]:
+    return {**_mixtral_keys(config), "expert_feed_forward_length": int(config.moe_intermediate_size)}
+
+
 _KEYS: Final[Mapping[str, Callable[[PretrainedConfig], dict[str, Value]]]] = {
     "falcon": _falcon_keys,
+    "gpt2": _gpt2_keys,
     "gpt_neox": _neox_keys,
+    "mixtral": _mixtral_keys,
+    "qwen3_moe": _qwen3_moe_keys,
     "phi3": _phi3_keys,
     **dict.fromkeys(GEMMA, gemma_keys),
 }
@@ -145,6 +175,12 @@ _KEYS: Final[Mapping[str, Callable[[PretrainedConfig], dict[str, Value]]]] = {
 _LLAMA_VALUES: Final[Mapping[str, tuple[Any, ...]]] = {"hidden_act": ("silu", "swish")}
 _QWEN2_VALUES: Final[Mapping[str, tuple[Any, ...]]] = {"use_sliding_window": (False,)}
 _QWEN3_VALUES: Final[Mapping[str, tuple[Any, ...]]] = {"use_sliding_window": (False,), "attention_bias": (False,)}
+_QWEN3_MOE_VALUES: Final[Mapping[str, tuple[Any, ...]]] = {
+    **_QWEN3_VALUES,
+    "norm_topk_prob": (True,),
+    "decoder_sparse_step": (1,),
+    "mlp_only_layers": ([],),
+}
 _FALCON_VALUES: Final[Mapping[str, tuple[Any, ...]]] = {
     "alibi": (False,),
     "bias": (False,),
@@ -155,13 +191,22 @@ _ROPE_TYPES: Final[Mapping[str, tuple[str, ...]]] = {
     "llama": ("default", "linear", "llama3"),
     "gemma3_text": ("default", "linear"),
 }
+_GPT2_VALUES: Final[Mapping[str, tuple[Any, ...]]] = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+}
+_LEARNED: Final = ("gpt2",)
+"""Families with learned positions in place of a rotary embedding."""
+
 _PARTIAL: Final = ("gpt_neox",)
 """Families of which llama.cpp may rotate a part of each head."""
 
 _ONE_WIDTH: Final = ("qwen2", "phi3")
 """Families whose heads have together the width of the model."""
 
-_OWN_VALUES: Final = {"qwen2": _QWEN2_VALUES, "qwen3": _QWEN3_VALUES}
+_OWN_VALUES: Final = {"qwen2": _QWEN2_VALUES, "qwen3": _QWEN3_VALUES, "qwen3_moe": _QWEN3_MOE_VALUES}
 
 
 def _llama_problems(config: PretrainedConfig) -> Iterator[str]:
@@ -186,6 +231,10 @@ def _neox_problems(config: PretrainedConfig) -> Iterator[str]:
     yield from _unlike(config, {"hidden_act": ("gelu", "gelu_fast", "gelu_new"), "attention_bias": (True,)})
 
 
+def _gpt2_problems(config: PretrainedConfig) -> Iterator[str]:
+    yield from _unlike(config, _GPT2_VALUES)
+
+
 def _gemma_problems(config: PretrainedConfig) -> Iterator[str]:
     yield from _unlike(config, VALUES)
     yield from gemma_problems(config)
@@ -193,12 +242,15 @@ def _gemma_problems(config: PretrainedConfig) -> Iterator[str]:
 
 _PROBLEMS: Final[Mapping[str, Callable[[PretrainedConfig], Iterator[str]]]] = {
     "falcon": _falcon_problems,
+    "gpt2": _gpt2_problems,
     "gpt_neox": _neox_problems,
     **dict.fromkeys(GEMMA, _gemma_problems),
 }
 
 
 def _rotary_problems(config: PretrainedConfig) -> Iterator[str]:
+    if config.model_type in _LEARNED:
+        return
     found, known = rotary(config), _ROPE_TYPES.get(config.model_type, ("default",))
     if (kind := found.get("rope_type", "default")) not in known:
         yield f"rope_type is {kind!r}, and only {' and '.join(known)} were tried"

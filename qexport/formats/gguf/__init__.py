@@ -30,6 +30,9 @@ DTYPES: Final = {
 }
 """How unquantized tensors are stored."""
 
+_WIDE: Final = ("_norm.weight", "position_embd.weight", "ffn_gate_inp.weight")
+"""The ends of names of tensors that llama.cpp has in float32, whatever their shape."""
+
 Q8_0: Final = GGMLQuantizationType.Q8_0
 
 
@@ -72,38 +75,47 @@ class GgufFormat:
     inexact: bool = False
 
     def entry(self, name: str, spec: OutputSpec) -> Entry:
-        """A parameter's entry in the table."""
+        """The entry in the table of the tensor that a parameter is, or is one expert's part of."""
+        count = self.places.stacks.get(self.places.names[name])
+        shape, kind = self._stored_as(name, spec)
+        return Entry(shape if count is None else (count, *shape), kind)
+
+    def _stored_as(self, name: str, spec: OutputSpec) -> tuple[tuple[int, ...], GGMLQuantizationType]:
+        """The shape in the file, of an expert's part without the dimension of experts, and how values are stored."""
         if isinstance(spec, (GroupQuantizedSpec, RowQuantizedSpec)):
-            return Entry(spec.shape, blocks.kind_of(spec))
+            return spec.shape, blocks.kind_of(spec)
         assert isinstance(spec, TensorSpec), f"{name} cannot be stored"
-        return Entry(spec.shape, Q8_0 if name in self.rounded else DTYPES[self._dtype(name, spec)])
+        kind = Q8_0 if name in self.rounded else DTYPES[self._dtype(name, spec)]
+        return self.places.shape(name, spec.shape), kind
 
     def specs(self, name: str, spec: OutputSpec) -> dict[str, TensorSpec]:
-        """The tensor in the file; of codes its bytes, uint8 [out, row_bytes]."""
-        stored = self.places.names[name]
+        """What a parameter is in the file, by `Places.part`; of codes their bytes, uint8 [out, row_bytes]."""
+        stored = self.places.part(name)
         if isinstance(spec, (GroupQuantizedSpec, RowQuantizedSpec)):
             return {stored: TensorSpec((spec.out_features, blocks.row_bytes(spec)), torch.uint8)}
         assert isinstance(spec, TensorSpec), f"{name} cannot be stored"
         if name in self.rounded:
             block, size = gguf.GGML_QUANT_SIZES[Q8_0]
             return {stored: TensorSpec((spec.shape[0], spec.shape[1] // block * size), torch.uint8)}
-        return {stored: TensorSpec(spec.shape, self._dtype(name, spec))}
+        return {stored: TensorSpec(self.places.shape(name, spec.shape), self._dtype(name, spec))}
 
     def tensors(self, record: TensorRecord) -> dict[str, torch.Tensor]:
-        """The tensor in the file, with the shape and dtype of `specs`.
+        """What a parameter is in the file, with the shape and dtype of `specs`.
 
         Raises:
             QexportError: the codes are of a type that the format cannot hold.
         """
         name, value = record.name, record.value
+        part = self.places.part(name)
         if isinstance(value, (GroupQuantized, RowQuantized)):
-            return {self.places.names[name]: self.places.stored(name, blocks.pack(value))}
+            return {part: self.places.stored(name, blocks.pack(value))}
         if not isinstance(value, torch.Tensor):
             raise QexportError(f"{type(value).__name__} cannot be stored in GGUF", where=name)
         if name in self.rounded:
-            return {self.places.names[name]: self.places.stored(name, blocks.rounded(value))}
+            return {part: self.places.stored(name, blocks.rounded(value))}
         dtype = self._dtype(name, TensorSpec(tuple(value.shape), value.dtype))
-        return {self.places.names[name]: self.places.stored(name, value).to(dtype).contiguous()}
+        turned = self.places.turned(name, value)
+        return {part: self.places.stored(name, turned).to(dtype).contiguous()}
 
     def fault(self, spec: QuantizedSpec) -> str | None:
         """Why this matrix cannot be stored value by value, or None if it can."""
@@ -113,5 +125,5 @@ class GgufFormat:
 
     def _dtype(self, name: str, spec: TensorSpec) -> torch.dtype:
         stored = self.places.names[name]
-        wide = len(spec.shape) <= 1 or stored.endswith("_norm.weight") or not stored.endswith(".weight")
+        wide = len(spec.shape) <= 1 or stored.endswith(_WIDE) or not stored.endswith(".weight")
         return torch.float32 if wide else spec.dtype

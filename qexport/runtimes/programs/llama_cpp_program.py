@@ -51,11 +51,19 @@ class Model:
             str(path), n_ctx=size, n_batch=size, n_ubatch=size, logits_all=True, verbose=True, **options
         )
         llama_cpp.llama_log_set(self._logged, ctypes.c_void_p(0))  # in place of the package's own
+        if self._exact and self._rounds_experts():
+            raise RuntimeError("llama.cpp rounds the inputs of a mixture's experts, with BLAS too: omit dtype")
 
     def _log(self, level: int, text: bytes, data: Any) -> None:
         line = text.decode("utf-8", "replace")
         self._lines.append(line)
         sys.stderr.write(line)
+
+    def _rounds_experts(self) -> bool:
+        """Whether there are experts that are not in float32: the BLAS backend does not compute their products."""
+        metadata = self._model.metadata
+        experts = int(metadata.get(f"{metadata.get('general.architecture')}.expert_count", "0"))
+        return experts > 0 and _FILE_TYPES.get(metadata.get("general.file_type", "")) != _FLOAT32
 
     def facts(self) -> dict[str, Any]:
         """The version, how tensors are stored, and what the products are computed in."""

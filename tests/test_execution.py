@@ -29,7 +29,7 @@ from qexport.artifact import describe_environment
 from qexport.errors import CompatibilityError, RecipeError, ResourceError
 from qexport.execution import ray_cluster
 from qexport.execution.inline import INLINE
-from qexport.execution.ray_cluster import RayExecution, _Reference, _There, workers_of_cluster
+from qexport.execution.ray_cluster import RayExecution, workers_of_cluster
 from qexport.execution.workers import Execution, WorkerLostError
 from qexport.loading import LoadSettings
 from qexport.loading.checkpoint import load_checkpoint
@@ -271,7 +271,7 @@ def test_a_worker_that_is_killed_costs_the_measurement_of_effects(lost_at: int) 
     assert said[0].endswith("the effect of each layer is measured anew")
 
 
-@pytest.mark.parametrize("fault", ["order", "shard", "weights", "late"])
+@pytest.mark.parametrize("fault", ["order", "shard", "weights"])
 def test_sums_and_weights_that_go_wrong_are_noticed(
     fault: str, two: RayExecution, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,30 +280,12 @@ def test_sums_and_weights_that_go_wrong_are_noticed(
         monkeypatch.setattr(shards, "halves_of", lambda batches: list(reversed(halves_of(batches))))
     elif fault == "shard":
         monkeypatch.setattr(shards.Shards, "_having", lambda self, numbers: self._all[:1])
-    elif fault == "late":  # the model before quantizing goes on with quantized weights
-        monkeypatch.setattr(_There, "call", after_the_weights(_There.call))
     else:
         each = shards.Shards.each
         skipping = lambda self, method, *args: [] if method is WindowShard.replace else each(self, method, *args)  # noqa: E731
         monkeypatch.setattr(shards.Shards, "each", skipping)
     with pytest.raises((AssertionError, RuntimeError)):
         assert_same_bytes(alone, passed(WIDE, settings(), two, tmp_path))
-
-
-def after_the_weights(call: Any) -> Any:
-    """`Hosted.call` that sends `go_on` after the next `replace`."""
-    waiting: dict[int, tuple[int, ...]] = {}
-
-    def late(self: Any, method: Any, *args: Any) -> Any:
-        if method is WindowShard.go_on:
-            waiting[self.worker] = args
-            return _Reference(ray.put(None))
-        found = call(self, method, *args)
-        if method is WindowShard.replace and self.worker in waiting:
-            call(self, WindowShard.go_on, *waiting.pop(self.worker))
-        return found
-
-    return late
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from qexport.architectures.architecture import Architecture
 from qexport.quantizing import asymmetry, gptq_pass
 from qexport.quantizing.activations import Restore, StateFiles
 from qexport.quantizing.asymmetry import Asymmetry, agreed, changes, made_up
-from qexport.quantizing.full_precision import WholeBlocks
+from qexport.quantizing.full_precision import FullPrecisionStream
 from qexport.quantizing.layer import Hessian, solve_together
 from qexport.quantizing.method import PassInputs, ResumePoint, Save
 from qexport.quantizing.selection import select
@@ -254,13 +254,13 @@ def test_a_layer_of_8_bits_aims_at_its_own_outputs(bits: int) -> None:
 def test_text_goes_through_the_unquantized_model_only_for_layers_that_need_it(
     bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin, seen = WholeBlocks.begin, []
+    run, seen = FullPrecisionStream.run, []
 
-    def noting(self: WholeBlocks, index: int, *args: Any) -> None:
+    def noting(self: FullPrecisionStream, index: int, *args: Any) -> None:
         seen.append(index)
-        begin(self, index, *args)
+        run(self, index, *args)
 
-    monkeypatch.setattr(WholeBlocks, "begin", noting)
+    monkeypatch.setattr(FullPrecisionStream, "run", noting)
     quantized(CONFIGS["llama"], settings(bits=bits))
     assert bool(seen) == (bits < 8)
 
@@ -320,15 +320,15 @@ def test_hidden_states_that_are_not_kept_are_noticed(tmp_path: Path, monkeypatch
 def test_a_stream_that_sees_quantized_inputs_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault at which the whole-model test of test_gptq.py fails too: the stream keeps its hidden states no longer."""
     sound = quantized(CONFIGS["llama"], settings())
-    begin = WholeBlocks.begin
+    run = FullPrecisionStream.run
 
-    def faulty(self: Any, index: int, *args: Any) -> None:
+    def faulty(self: Any, index: int, block: Any, groups: Any) -> None:
         before = [self.stream.restore(number).clone() for number in range(len(self.stream.batches))]
-        begin(self, index, *args)
+        run(self, index, block, groups)
         for number, hidden in enumerate(before):
             self.stream.batches[number].hidden = hidden
             self.stream.offload(index + 1, number)
 
-    monkeypatch.setattr(WholeBlocks, "begin", faulty)
+    monkeypatch.setattr(FullPrecisionStream, "run", faulty)
     with pytest.raises(AssertionError):
         assert_same_bytes(sound, quantized(CONFIGS["llama"], settings()))

@@ -70,14 +70,11 @@ class Group:
         stop: that module: the first of the layers, or an `ExpertStop`.
         members: the names of the layers that share an input, one tuple for each input.
         experts: for an `ExpertStop`, the expert of each of `members`.
-        late: whether one of the layers is called after the next group's stop, as in blocks whose MLP has the
-            attention's input.
     """
 
     stop: nn.Module
     members: tuple[tuple[str, ...], ...]
     experts: tuple[int, ...] | None = None
-    late: bool = False
 
     def inputs(self, args: tuple[Any, ...]) -> list[Tensor]:
         """The input of each of `members` [..., tokens, in], from what `stop` is called with."""
@@ -105,8 +102,7 @@ def find_groups(
         def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
             for index, seen in enumerate(inputs):
                 if seen is args[0]:
-                    own, late = groups[index], groups[index].late or index + 1 < len(groups)
-                    groups[index] = Group(own.stop, ((*own.members[0], name),), late=late)
+                    groups[index] = Group(groups[index].stop, ((*groups[index].members[0], name),))
                     return
             inputs.append(args[0])
             groups.append(Group(layer, ((name,),)))

@@ -20,7 +20,7 @@ from qexport.architectures.structure import LinearSpec
 from qexport.artifact.disk import sync
 from qexport.errors import CompatibilityError, ResourceError
 from qexport.quantizing.activations import StateFiles
-from qexport.quantizing.full_precision import FullPrecisionStream, GroupByGroup, WholeBlocks
+from qexport.quantizing.full_precision import FullPrecisionStream
 from qexport.quantizing.offloading import offload_on
 from qexport.quantizing.parking import Parking
 from qexport.quantizing.pauses import Group, PausedForward, find_groups, pausing_at
@@ -141,8 +141,7 @@ class WindowShard:
             embedded = self._runner.embedded([windows[:1, :8], *windows.split(size)])
             self._probe = next(embedded)
             self._stream, full = self._new_stream(0), self._new_stream(-(-len(shared.input_ids) // size))
-            before = WholeBlocks if shared.alone else GroupByGroup
-            self._full = before(self._runner, full, self._offload_file) if shared.corrected else None
+            self._full = FullPrecisionStream(self._runner, full, self._offload_file) if shared.corrected else None
             for batch in embedded:
                 for stream in self._streams:
                     own = Batch(batch.hidden.clone(), batch.calls)
@@ -189,26 +188,17 @@ class WindowShard:
         block = self._block.enter_context(self._runner.block(index))
         of_experts = self._block.enter_context(self._stops(chosen))
         self._groups = self._found_groups(index, block, chosen, of_experts)
+        if self._full is not None:
+            self._full.run(index, block, self._groups)
         self._index = index
         self._forward = forward = partial(self._runner.forward, index, block)
         self._parking = parking = Parking(self._offload_file)
-        if self._full is not None:
-            self._full.begin(index, block, self._groups, parking)
         for place, (number, batch) in enumerate(zip(self._numbers, self._stream.batches, strict=True)):
             parking.hold(*self._stream.restorer(place))
             paused = batch if self._shared.once else Batch(batch.hidden, batch.calls)
             self._forwards[number] = PausedForward(partial(forward, paused), parking)
         self._block.enter_context(pausing_at([group.stop for group in self._groups]))
-        self.go_on(0)
         return [GroupNames(group.members, group.experts is not None) for group in self._groups]
-
-    def go_on(self, group: int) -> None:
-        """Takes the windows in the model before quantizing to a group, by its number, or to the end of the block after
-        the last one. The group before has been added, and its weights are not replaced yet.
-        """
-        self._held, self._held_of = {}, None
-        if self._full is not None and self._at_head is None:
-            self._full.go_on(group)
 
     def begin_head(self, tensors: Tensors | None) -> list[GroupNames]:
         """The same for the output head, whose only group is itself."""
@@ -302,8 +292,6 @@ class WindowShard:
     def _leave(self) -> None:
         """Releases the block, or what is left of it."""
         self._forwards, self._held, self._held_of = {}, {}, None
-        if self._full is not None:
-            self._full.leave()
         self._at_head, self._head = None, None
         self._block.close()
         self._offload_file.empty()
@@ -332,7 +320,7 @@ class WindowShard:
         if not self._shared.alone:
             self._held[number] = batch
         if self._at_head is None:
-            self._parking.park([[*each.inputs, each.full] for each in self._held.values()])
+            self._parking.park([each.inputs for each in self._held.values()])
 
     @contextmanager
     def _stops(self, chosen: Sequence[LinearSpec]) -> Iterator[list[Group]]:

@@ -48,15 +48,11 @@ class Shards:
             WindowShard, [(shared, batches) for batches in ranges]
         )
         self._halves = halves_of(ranges[-1].stop)
-        self._ahead: list[Later[None]] = []
 
     def each(
         self, method: Callable[Concatenate[WindowShard, Params], Value], *args: Params.args, **kwargs: Params.kwargs
     ) -> list[Value]:
         """The results of a method of every shard."""
-        ahead, self._ahead = self._ahead, []
-        for later in ahead:
-            later.result()
         return [later.result() for later in [shard.call(method, *args, **kwargs) for shard in self._all]]
 
     def first(
@@ -105,8 +101,7 @@ class Shards:
         self, group: int, widths: Sequence[int], counts: Tensor | None, correcting: Sequence[str]
     ) -> tuple[list[Hessian], list[dict[str, Tensor]]]:
         """Part after part goes from shard to shard. The shards of the first half begin with the Hessians, since those
-        of the second half wait for them; those begin with their own asymmetry. Then all go on in the model before
-        quantizing, while this process completes what they have summed.
+        of the second half wait for them; those begin with their own asymmetry.
         """
         parts, (first, second) = self._parts, self._halves
         begun = [self._added(group, first, [part], counts) for part in hessian_parts(widths, parts, self._device)]
@@ -120,7 +115,6 @@ class Shards:
             for half in (self._halves if correcting else [])
         ]
         hessians = [self._added(group, second, part.argument, counts) for part in begun]
-        self._ahead = [shard.call(WindowShard.go_on, group + 1) for shard in self._all]
         of_halves = [_side_by_side([part.result() for part in of_half], self._device) for of_half in taken]
         return joined_hessians([sums for part in hessians for sums in part.result()], self._device), of_halves
 

@@ -18,6 +18,7 @@ from transformers import Phi3Config, PretrainedConfig
 from transformers.utils import logging
 
 import factories
+import gguf_folders
 from onnx_exports import CONFIGS as GRAPHS
 from onnx_exports import traced_once
 from qexport.architectures.architecture import Checkpoint
@@ -42,8 +43,16 @@ WIDE = {
 }
 """TGI's kernel for layers that hold several linears takes widths that are multiples of 128 only."""
 
-Kind = Literal["plain", "wide", "graph"]
-MODELS: Mapping[Kind, Mapping[str, PretrainedConfig]] = {"plain": factories.FAMILIES, "wide": WIDE, "graph": GRAPHS}
+PUBLISHED = {"qwen3 moe": gguf_folders.CONFIGS["qwen3 moe"]}
+"""Experts in every block, as published models have them and llama.cpp computes; the others' has a block without."""
+
+Kind = Literal["plain", "wide", "graph", "published"]
+MODELS: Mapping[Kind, Mapping[str, PretrainedConfig]] = {
+    "plain": factories.FAMILIES,
+    "wide": WIDE,
+    "graph": GRAPHS,
+    "published": PUBLISHED,
+}
 
 
 def rows(first: str) -> list[list[str]]:
@@ -152,6 +161,8 @@ def quantized(family: str, layout: str, named: str) -> Quantized:
     """
     if layout == "onnx" and family in GRAPHS:
         return made(family, "graph", named)
+    if layout == "gguf" and family in PUBLISHED:
+        return made(family, "published", named)
     return made(family, "wide" if family in WIDE else "plain", named)
 
 

@@ -46,3 +46,13 @@ def test_every_layout_has_the_same_codes(layout: str, folders: dict[str, Path]) 
                 assert torch.equal(getattr(found[module], part), getattr(weight, part)), (module, part)
         assert other.specs().keys() == reference.specs().keys()
         assert all(torch.equal(other.read(name), reference.read(name)) for name in reference.specs())
+
+
+def test_a_head_of_its_own_bits_is_read_back(tmp_path: Path) -> None:
+    prepare("llama", tmp_path)
+    content = recipe(tmp_path, "gptq", [{"layout": "safetensors"}])
+    content["quantize"] |= {"lm_head": True, "overrides": [{"modules": "lm_head", "bits": 8}]}
+    run(Recipe.model_validate(content | {"output": str(tmp_path / "out")}))
+    with open_stored(tmp_path / "out", dtype=torch.float32) as stored:
+        assert stored.layers["lm_head"].bits == 8
+        assert {layer.bits for module, layer in stored.layers.items() if module != "lm_head"} == {4}

@@ -124,7 +124,8 @@ _Difference = tuple[tuple[str, int], ...] | None
 
 
 def _dynamic(common: GptqFormat, specs: Specs, structure: Structure) -> dict[str, dict[str, int]]:
-    """One rule per path inside a block and per difference; no two rules match the same module.
+    """One rule per path inside a block and per difference, and one for a quantized head that differs; no two rules
+    match the same module.
 
     vLLM looks siblings up by the name of the layer that it makes of them, so the rule of the first matches that too.
     """
@@ -137,10 +138,14 @@ def _dynamic(common: GptqFormat, specs: Specs, structure: Structure) -> dict[str
             if difference != ():
                 inside = _inside_block(name[len(block) :], or_joined=name in alike)
                 blocks.setdefault((inside, difference), []).append(block)
-    return {
+    rules = {
         _rule(names, inside, unquantized=difference is None): dict(difference or ())
         for (inside, difference), names in blocks.items()
     }
+    head = specs.get(f"{structure.head}.weight")
+    if isinstance(head, GroupQuantizedSpec) and (difference := _difference(common, head)):
+        rules[f"^{re.escape(structure.head)}$"] = dict(difference)
+    return rules
 
 
 def _inside_block(path: str, *, or_joined: bool) -> str:

@@ -104,3 +104,21 @@ class Execution(ABC):
 
 class WorkerLostError(ResourceError):
     """A worker has gone: its process was killed, or its machine."""
+
+
+def begun_anew(work: Callable[[], Value], renew: Callable[[WorkerLostError], None]) -> Value:
+    """The result of a piece of work, which begins anew if a worker goes meanwhile.
+
+    Args:
+        work: all of it.
+        renew: what is done before it begins anew. It may raise the error that it is given, to give up.
+
+    Raises:
+        WorkerLostError: workers went in each attempt.
+    """
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return work()
+        except WorkerLostError as error:
+            renew(error)
+    return work()

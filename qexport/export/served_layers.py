@@ -4,7 +4,7 @@ config, and whether layers that these servers join are alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -101,6 +101,17 @@ class ServedLayers(ServedModel):
                 return BlockFp8Rules(self.quantization).scheme
             case _:
                 return lambda module: None
+
+
+def unfollowed_config(model: ServedLayers, methods: Collection[str]) -> Iterator[str]:
+    """Why the quantization_config cannot be followed; `methods` are those that the server reads."""
+    try:
+        schemes = model.schemes
+    except InputError as error:
+        yield error.what
+        return
+    if model.method in methods and model.structure and not any(schemes.values()):
+        yield "no layer is quantized by it"
 
 
 def unequal_siblings(model: ServedLayers, server: str) -> Iterator[str]:

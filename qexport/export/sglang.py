@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from typing import Final
 
 from qexport.architectures.joined import joined_modules, joined_name
-from qexport.errors import InputError
 from qexport.export.served import CONFIG, REMOVE, Rules, Server, beside_the_weights
-from qexport.export.served_layers import SIBLINGS_ALIKE, ServedLayers, in_words, unequal_siblings
+from qexport.export.served_layers import SIBLINGS_ALIKE, ServedLayers, in_words, unequal_siblings, unfollowed_config
 from qexport.formats.compressed_tensors.reading import FLOAT4_FORMATS
 from qexport.formats.gptq.reading import GptqRules
 
@@ -47,13 +46,7 @@ def _method(model: ServedLayers) -> Iterator[str]:
 
 @_rule("the quantization config can be followed", _DOCUMENTATION)
 def _followed(model: ServedLayers) -> Iterator[str]:
-    try:
-        schemes = model.schemes
-    except InputError as error:
-        yield error.what
-        return
-    if model.method in _METHODS and model.structure and not any(schemes.values()):
-        yield "no layer is quantized by it"
+    yield from unfollowed_config(model, _METHODS)
 
 
 @_rule("GPTQ codes that Marlin does not compute are used in float16", _GPTQ, "use 4 or 8 bits with sym: true")

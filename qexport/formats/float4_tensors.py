@@ -13,7 +13,7 @@ from typing import Final
 import torch
 
 from qexport.errors import InputError
-from qexport.formats.stored_weight import WHERE, Scheme, StoredLayer, Tensors, check_specs, place
+from qexport.formats.stored_weight import Scheme, StoredLayer, Tensors, check_specs, place, scheme_of
 from qexport.tensors import Float4Quantized, Float4QuantizedSpec, TensorSpec
 from qexport.tensors.float4 import GROUP_SIZES, LARGEST_EXPONENT, Float4Kind
 
@@ -100,13 +100,7 @@ class Float4Weight:
     @property
     def layer(self) -> StoredLayer:
         """See `StoredWeight.layer`."""
-        if self.scheme is None:
-            raise InputError(
-                "the module is quantized, but unquantized according to the config",
-                where=f"{WHERE}, {self.module}",
-                mend="fetch the artifact again, or ask its author: weights and config.json do not belong together",
-            )
-        return StoredLayer(self.kind, 4, GROUP_SIZES[self.kind], self.shape, self.scheme.input_rounding)
+        return StoredLayer(self.kind, 4, GROUP_SIZES[self.kind], self.shape, scheme_of(self).input_rounding)
 
     def quantized(self, tensors: Tensors) -> Float4Quantized:
         """See `StoredWeight.quantized`."""

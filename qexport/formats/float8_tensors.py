@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from qexport.errors import InputError
-from qexport.formats.stored_weight import WHERE, Scheme, StoredLayer, Tensors, check_specs, place, widened
+from qexport.formats.stored_weight import Scheme, StoredLayer, Tensors, check_specs, place, scheme_of, widened
 from qexport.tensors import Float8Quantized, Float8QuantizedSpec, TensorSpec
 from qexport.tensors.float8 import Block
 
@@ -74,13 +74,7 @@ class Float8Weight:
     @property
     def layer(self) -> StoredLayer:
         """See `StoredWeight.layer`."""
-        if self.scheme is None:
-            raise InputError(
-                "the module is quantized, but unquantized according to the config",
-                where=f"{WHERE}, {self.module}",
-                mend="fetch the artifact again, or ask its author: weights and config.json do not belong together",
-            )
-        return StoredLayer("fp8", 8, self.block[1], self.shape, self.scheme.input_rounding)
+        return StoredLayer("fp8", 8, self.block[1], self.shape, scheme_of(self).input_rounding)
 
     def quantized(self, tensors: Tensors) -> Float8Quantized:
         """See `StoredWeight.quantized`."""

@@ -188,14 +188,8 @@ class GroupedWeight:
     @property
     def layer(self) -> StoredLayer:
         """See `StoredWeight.layer`."""
-        if self.scheme is None:
-            raise InputError(
-                "the module is quantized, but unquantized according to the config",
-                where=f"{WHERE}, {self.module}",
-                mend="fetch the artifact again, or ask its author: weights and config.json do not belong together",
-            )
-        group_size = self._group_size(self.scheme)
-        return StoredLayer(self.method, self.scheme.bits, group_size, self.shape, self.scheme.input_rounding)
+        scheme = scheme_of(self)
+        return StoredLayer(self.method, scheme.bits, self._group_size(scheme), self.shape, scheme.input_rounding)
 
     @property
     def grid(self) -> GroupQuantizedSpec | None:
@@ -207,6 +201,31 @@ class GroupedWeight:
 
     def _group_size(self, scheme: Scheme) -> int:
         return self.shape[1] if scheme.group_size == -1 else scheme.group_size
+
+
+class _OfConfig(Protocol):
+    """A module with what the config says of it."""
+
+    @property
+    def module(self) -> str: ...
+
+    @property
+    def scheme(self) -> Scheme | None: ...
+
+
+def scheme_of(weight: _OfConfig) -> Scheme:
+    """How a module's codes are read.
+
+    Raises:
+        InputError: it is unquantized according to the config.
+    """
+    if weight.scheme is None:
+        raise InputError(
+            "the module is quantized, but unquantized according to the config",
+            where=f"{WHERE}, {weight.module}",
+            mend="fetch the artifact again, or ask its author: weights and config.json do not belong together",
+        )
+    return weight.scheme
 
 
 def check_specs(tensors: Tensors, specs: Mapping[str, TensorSpec], module: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
+from functools import partial
 from typing import Literal
 
 import torch
@@ -13,7 +14,7 @@ from qexport.architectures.architecture import Checkpoint
 from qexport.architectures.memory import budget, return_freed_memory
 from qexport.architectures.sending import Sender, sends
 from qexport.architectures.structure import Structure
-from qexport.execution.workers import ATTEMPTS, Value, WorkerLostError
+from qexport.execution.workers import Value, WorkerLostError, begun_anew
 from qexport.formats import Outputs
 from qexport.progress import Notice, Progress, ProgressCallback
 from qexport.quantizing.gptq import Gptq
@@ -182,16 +183,15 @@ class BlockPass:
         Raises:
             WorkerLostError: workers went in each attempt.
         """
-        for left in reversed(range(ATTEMPTS)):
-            try:
-                return self._block(index)
-            except WorkerLostError as error:
-                if not left or (self._inputs.resume is None and index > 0):
-                    raise
-                self._inputs.progress(Notice(f"{error.what}; block {index} begins anew"))
-                self._shards.renew()
-                self.start(index)
-        raise AssertionError("the last attempt returns or raises")
+
+        def renew(error: WorkerLostError) -> None:
+            if self._inputs.resume is None and index > 0:
+                raise error
+            self._inputs.progress(Notice(f"{error.what}; block {index} begins anew"))
+            self._shards.renew()
+            self.start(index)
+
+        return begun_anew(partial(self._block, index), renew)
 
     def _block(self, index: int) -> list[TensorRecord]:
         names = self._structure.parameters_of(self._structure.blocks[index])

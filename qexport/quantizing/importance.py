@@ -25,7 +25,7 @@ from qexport.architectures.devices import single_thread
 from qexport.architectures.sending import Sender, sends
 from qexport.artifact.disk import sync
 from qexport.execution.inline import INLINE
-from qexport.execution.workers import ATTEMPTS, Execution, Later, WorkerLostError
+from qexport.execution.workers import Execution, Later, WorkerLostError, begun_anew
 from qexport.progress import Notice, Progress, ProgressCallback
 from qexport.quantizing.draws_ahead import DrawsAhead
 from qexport.quantizing.importance_share import ImportanceInputs, ImportanceShare, pieces_at_head
@@ -191,15 +191,12 @@ class _Measurement:
         self, dealt: _Dealt, report: Callable[[int, int], None], progress: ProgressCallback
     ) -> list[dict[str, Tensor]]:
         """What is found of a round's batches, share by share. If a worker goes meanwhile, all begin the round anew."""
-        for left in reversed(range(ATTEMPTS)):
-            try:
-                return self._round(dealt, report)
-            except WorkerLostError as error:
-                if not left:
-                    raise
-                progress(Notice(f"{error.what}; the importance of its windows is measured anew"))
-                self._execution.renew(self._shares)
-        raise AssertionError("the last attempt returns or raises")
+
+        def renew(error: WorkerLostError) -> None:
+            progress(Notice(f"{error.what}; the importance of its windows is measured anew"))
+            self._execution.renew(self._shares)
+
+        return begun_anew(partial(self._round, dealt, report), renew)
 
     def _round(self, dealt: _Dealt, report: Callable[[int, int], None]) -> list[dict[str, Tensor]]:
         shares, blocks, sender = self._shares[: len(dealt)], self._blocks, self._sender

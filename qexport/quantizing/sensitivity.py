@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import Final, TypeVar
 
@@ -26,7 +27,7 @@ from qexport.architectures.sending import Sender, Tensors, sends
 from qexport.architectures.structure import LinearSpec
 from qexport.errors import NumericalError
 from qexport.execution.inline import INLINE
-from qexport.execution.workers import ATTEMPTS, Execution, Later, WorkerLostError
+from qexport.execution.workers import Execution, Later, WorkerLostError, begun_anew
 from qexport.progress import Notice, Progress, ProgressCallback
 from qexport.quantizing.draws_ahead import DrawsAhead
 from qexport.quantizing.layer import FactorizedHessian, Hessian, dealt_rows, row_energies, total, usable
@@ -125,15 +126,12 @@ def measure(
         WorkerLostError: workers went in each attempt.
     """
     with closing(_Measurement(checkpoint, units, input_ids, hessian_ids, device, execution)) as work:
-        for left in reversed(range(ATTEMPTS)):
-            try:
-                return work.run(progress)
-            except WorkerLostError as error:
-                if not left:
-                    raise
-                progress(Notice(f"{error.what}; the effect of each layer is measured anew"))
-                work.renew()
-    raise AssertionError("the last attempt returns or raises")
+
+        def renew(error: WorkerLostError) -> None:
+            progress(Notice(f"{error.what}; the effect of each layer is measured anew"))
+            work.renew()
+
+        return begun_anew(partial(work.run, progress), renew)
 
 
 @dataclass(frozen=True)

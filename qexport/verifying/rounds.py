@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, Final, Literal, cast
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from qexport.architectures.runner import BlockRunner
 from qexport.artifact.figures import GateResult
 from qexport.execution.inline import INLINE
-from qexport.execution.workers import ATTEMPTS, Execution, WorkerLostError
+from qexport.execution.workers import Execution, WorkerLostError, begun_anew
 from qexport.progress import Notice, Steps
 from qexport.verifying.divergence import TokenFigures
 from qexport.verifying.kept import NOTHING_KEPT, Kept, KeptStates, digest_of
@@ -263,15 +264,12 @@ class _Work:
             input_ids: int64 [windows, sequence_length].
             before: windows that have been measured before.
         """
-        for left in reversed(range(ATTEMPTS)):
-            try:
-                return self._look(names, input_ids, before)
-            except WorkerLostError as error:
-                if not left:
-                    raise
-                self.steps.progress(Notice(f"{error.what}; its windows begin anew"))
-                self.lockstep.renew()
-        raise AssertionError("the last attempt returns or raises")
+
+        def renew(error: WorkerLostError) -> None:
+            self.steps.progress(Notice(f"{error.what}; its windows begin anew"))
+            self.lockstep.renew()
+
+        return begun_anew(partial(self._look, names, input_ids, before), renew)
 
     def _look(self, names: Sequence[str], input_ids: Tensor, before: int) -> Look:
         all_pairs = _pairs(names)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from qexport.errors import InputError
 from qexport.export.served import CONFIG, Rules, Server
+from qexport.export.served_layers import unfollowed_config
 from qexport.export.vllm.families import ARCHITECTURES, VERSION, heads
 from qexport.export.vllm.launch import max_model_len
 from qexport.export.vllm.served import ServedByVllm
@@ -93,13 +93,7 @@ def _method(model: ServedByVllm) -> Iterator[str]:
 
 @_rule("the quantization config can be followed", COMPRESSED)
 def _followed(model: ServedByVllm) -> Iterator[str]:
-    try:
-        schemes = model.schemes
-    except InputError as error:
-        yield error.what
-        return
-    if model.method in _METHODS and model.structure and not any(schemes.values()):
-        yield "no layer is quantized by it"
+    yield from unfollowed_config(model, _METHODS)
 
 
 @_rule(

@@ -39,13 +39,32 @@ from qexport.tensors import (
 from qexport.tensors.float4 import Float4Kind
 
 
+class _CompressedTensorsFormat(ModuleEncoding):
+    """A format of the library."""
+
+    quant_method: ClassVar[str | None] = "compressed-tensors"
+
+    def quantization_config(self, specs: Specs, structure: Structure) -> dict[str, Any]:
+        """The `quantization_config` for config.json."""
+        return _config(specs, structure)
+
+    @classmethod
+    def reads(cls, config: Mapping[str, Any] | None) -> bool:
+        """False: `W8A8Format` reads what compressed-tensors stores."""
+        return False
+
+    @staticmethod
+    def reader(config: Mapping[str, Any]) -> CompressedTensorsReader:
+        """See `CompressedTensorsReader`, which reads all of the library's formats."""
+        return CompressedTensorsReader(config)
+
+
 @dataclass(frozen=True)
-class W8A8Format(ModuleEncoding):
+class W8A8Format(_CompressedTensorsFormat):
     """`int-quantized`: int8 weights with one scale per output, and int8 activations with one scale per token, which the
     server computes.
     """
 
-    quant_method: ClassVar[str | None] = "compressed-tensors"
     holds: ClassVar = (RowQuantized,)
 
     def parts(self, spec: QuantizedSpec) -> dict[str, TensorSpec]:
@@ -58,10 +77,6 @@ class W8A8Format(ModuleEncoding):
         assert isinstance(value, RowQuantized)
         return pack_rows(value)
 
-    def quantization_config(self, specs: Specs, structure: Structure) -> dict[str, Any]:
-        """The `quantization_config` for config.json."""
-        return _config(specs, structure)
-
     @property
     def card(self) -> Card:
         """The format on the model card."""
@@ -73,17 +88,11 @@ class W8A8Format(ModuleEncoding):
         """Whether the `quant_method` is compressed-tensors."""
         return config is not None and config.get("quant_method") == cls.quant_method
 
-    @staticmethod
-    def reader(config: Mapping[str, Any]) -> CompressedTensorsReader:
-        """See `CompressedTensorsReader`, which reads all of the library's formats."""
-        return CompressedTensorsReader(config)
-
 
 @dataclass(frozen=True)
-class PackQuantizedFormat(ModuleEncoding):
+class PackQuantizedFormat(_CompressedTensorsFormat):
     """`pack-quantized`: codes in groups, for layouts whose server reads GPTQ codes in this format."""
 
-    quant_method: ClassVar[str | None] = "compressed-tensors"
     holds: ClassVar = (GroupQuantized,)
 
     def parts(self, spec: QuantizedSpec) -> dict[str, TensorSpec]:
@@ -101,18 +110,13 @@ class PackQuantizedFormat(ModuleEncoding):
         assert isinstance(spec, GroupQuantizedSpec)
         return check_groups(spec)
 
-    def quantization_config(self, specs: Specs, structure: Structure) -> dict[str, Any]:
-        """The `quantization_config` for config.json."""
-        return _config(specs, structure)
-
 
 @dataclass(frozen=True)
-class FloatQuantizedFormat(ModuleEncoding):
+class FloatQuantizedFormat(_CompressedTensorsFormat):
     """`float-quantized`: e4m3 weights with one scale per output, and e4m3 activations with one scale per token, which
     the server computes.
     """
 
-    quant_method: ClassVar[str | None] = "compressed-tensors"
     holds: ClassVar = (Float8Quantized,)
 
     def parts(self, spec: QuantizedSpec) -> dict[str, TensorSpec]:
@@ -125,29 +129,15 @@ class FloatQuantizedFormat(ModuleEncoding):
         assert isinstance(value, Float8Quantized)
         return float8_tensors.pack(value, SCALE)
 
-    def quantization_config(self, specs: Specs, structure: Structure) -> dict[str, Any]:
-        """The `quantization_config` for config.json."""
-        return _config(specs, structure)
-
     @property
     def card(self) -> Card:
         """The format on the model card."""
         text = "FP8 (e4m3) weights with one scale per output, FP8 activations when served"
         return Card("compressed-tensors", "FP8", text)
 
-    @classmethod
-    def reads(cls, config: Mapping[str, Any] | None) -> bool:
-        """False: `W8A8Format` reads what compressed-tensors stores."""
-        return False
-
-    @staticmethod
-    def reader(config: Mapping[str, Any]) -> CompressedTensorsReader:
-        """See `CompressedTensorsReader`."""
-        return CompressedTensorsReader(config)
-
 
 @dataclass(frozen=True)
-class Float4Format(ModuleEncoding):
+class Float4Format(_CompressedTensorsFormat):
     """`nvfp4-pack-quantized` and `mxfp4-pack-quantized`: e2m1 weights in groups, with 16-bit activations.
 
     Attributes:
@@ -156,7 +146,6 @@ class Float4Format(ModuleEncoding):
 
     kind: Float4Kind
 
-    quant_method: ClassVar[str | None] = "compressed-tensors"
     holds: ClassVar = (Float4Quantized,)
 
     def parts(self, spec: QuantizedSpec) -> dict[str, TensorSpec]:
@@ -169,25 +158,11 @@ class Float4Format(ModuleEncoding):
         assert isinstance(value, Float4Quantized)
         return float4_tensors.pack(value)
 
-    def quantization_config(self, specs: Specs, structure: Structure) -> dict[str, Any]:
-        """The `quantization_config` for config.json."""
-        return _config(specs, structure)
-
     @property
     def card(self) -> Card:
         """The format on the model card."""
         scales = "a scale in e4m3 per 16 inputs" if self.kind == "nvfp4" else "a power of two as the scale of 32 inputs"
         return Card("compressed-tensors", self.kind.upper(), f"{self.kind.upper()} (e2m1) weights with {scales}")
-
-    @classmethod
-    def reads(cls, config: Mapping[str, Any] | None) -> bool:
-        """False: `W8A8Format` reads what compressed-tensors stores."""
-        return False
-
-    @staticmethod
-    def reader(config: Mapping[str, Any]) -> CompressedTensorsReader:
-        """See `CompressedTensorsReader`."""
-        return CompressedTensorsReader(config)
 
 
 def _config(specs: Specs, structure: Structure) -> dict[str, Any]:
